@@ -553,6 +553,14 @@ def in_words(items: Sequence[T], most: int = 20, between: str = ", ", text: Call
     return between.join(map(text, items[:most])) + more
 
 
+def in_runs(numbers: Iterable[int], most: int = 20) -> str:
+    """Return '20, 18 x 100, 80', of more than most runs only the beginning: '1, 5, 44 and 2 more' numbers."""
+    runs = [(number, sum(1 for _ in run)) for number, run in itertools.groupby(numbers)]
+    more = sum(times for _, times in runs[most:])
+    return ", ".join(f"{times} x {number}" if times > 3 else ", ".join([str(number)] * times)
+                     for number, times in runs[:most]) + (f" and {more} more" if more else "")
+
+
 def count_of(number: int, noun: str) -> str:
     """Return '1 event', '2 events'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -3611,11 +3619,13 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         """Return the plan as a line for the event."""
-        limits = f"at most {in_words(self.max_failed)} failed" + (
+        are_equal = len(set(self.max_failed)) == 1 < len(self.max_failed)
+        most = f"{self.max_failed[0]} failed in each" if are_equal else f"{in_runs(self.max_failed)} failed"
+        limits = f"at most {most}" + (
             "" if self.max_failed_total is None else f", {self.max_failed_total} in all") + (
             "" if self.max_silent is None else f"; all agents are asked first, at most {self.max_silent} may be silent")
         also = f"; {tolerated_text(len(self.tolerated))}" if self.tolerated else ""
-        return f"batches of {in_words([len(batch) for batch in self.batches])}; {limits}{also}"
+        return f"batches of {in_runs(map(len, self.batches))}; {limits}{also}"
 
     def tolerated_in(self, batch: Sequence[int]) -> int:
         """Return how many nodes of a batch count against no limit."""
@@ -6543,8 +6553,8 @@ class DriftCount(NamedTuple):
     away: int = 0
     # What is known of the first, where that is more than its drift: 'may run release 2 or 3: ...'.
     known: str = ""
-    # The release whose payload they run, 0 where it is not the same one for all.
-    release_id: int = 0
+    # The release that they run, and that which they should run; 0 where that is none, or not the same one for all.
+    release_ids: tuple[int, int] = (0, 0)
 
 
 class FleetCounts(NamedTuple):
@@ -6750,8 +6760,9 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
         if found.nodes:
             nodes = count_of_nodes(found.nodes)
             run, they = ("runs", "it") if found.nodes == 1 else ("run", "they")
-            which = f"release {found.release_id}" if found.release_id else "a later release"
-            text = {AHEAD: f"{nodes} {run} the payload of {which}, and not what {they} should",
+            left = "{} release {} and should run release {}".format(run, *found.release_ids) if all(
+                found.release_ids) else f"{run} what a later release left there, and not what {they} should"
+            text = {AHEAD: f"{nodes} {left}",
                     UNSURE: f"it is not known what {nodes} {run}, as a later try may have changed it",
                     BEHIND: f"{nodes} {run} an older payload than {they} should"}[drift]
             names = f": {found.first}" + (f" and {found.nodes - 1} more" if found.nodes > 1 else "")
@@ -9717,7 +9728,7 @@ def release_before(tx: Transaction, release: Release) -> Release:
         LIMIT 1""", release.target, release.version)
     if row is None:
         raise AppError(NOT_FOUND, f"no release of target {release.target} before release {release.id} succeeded: "
-                                  "name the one to compare it with")
+                                  "there is nothing to compare it with unless you name one")
     return Release(*row)
 
 
@@ -10143,6 +10154,24 @@ def back_and_forth(tx: Transaction, request: ReleaseRequest, nodes: Sequence[Nod
                        f"another payload: {in_words(stay, MAX_NAMED)}"] if stay else [])]
 
 
+# With how many of the newest releases a new payload is compared.
+MAX_COMPARED = 20
+
+
+def failed_before(tx: Transaction, target: str, payload: Mapping[str, Any]) -> list[str]:
+    """Return a note where a payload did not end well when one of the newest releases of its target brought it last."""
+    found = tx.value(f"""
+        SELECT MAX(id)
+        FROM (SELECT id, payload_sha256 FROM release_tasks WHERE target = ? ORDER BY id DESC LIMIT {MAX_COMPARED}) r
+        WHERE payload_sha256 = ?""", target, digest_of(payload))
+    old = None if found is None else read_release(tx, int(found))
+    if old is None or not (old.rolled_back_by or old.status in (FAILED, PARTIAL)):
+        return []
+    return [f"{old} brought this payload: it ended {old.status}, {old.failed_nodes} of "
+            f"{count_of_nodes(old.total_nodes)} failed" + (
+                f", and was rolled back by release {old.rolled_back_by}" if old.rolled_back_by else "")]
+
+
 def release_with_payload_of(tx: Transaction, release: Release) -> int | None:
     """Return the newest release of the target before one that has its payload and is no rollback; None for none."""
     found = tx.value("SELECT id FROM release_tasks WHERE target = ? AND version < ? AND rollback_of IS NULL "
@@ -10384,7 +10413,9 @@ class Fleet:
             alike = {one.node_id: one for one in _alike_nodes(tx)}
             for node, level in levels_by_parts(tx, sorted(alike)):
                 these, known, since = alike[node.id], counts[level.drift], level.drift_since
-                brought_by = level.has.release_id if level.has else 0
+                has, wants = (ran.release_id if ran else 0 for ran in (level.has, level.wants))
+                if known.nodes:
+                    has, wants = (one if one == other else 0 for one, other in zip((has, wants), known.release_ids))
                 states[node.state] += these.number
                 if level.drift == AHEAD and level.has == level.runs:
                     since = these.since
@@ -10393,7 +10424,7 @@ class Fleet:
                     known.nodes + these.number, known.first or node.name,
                     min(filter(None, (known.since, since)), default=None),
                     known.away + (0 if node.gets_releases else these.number), known.known or may_run_text(level),
-                    brought_by if not known.nodes or known.release_id == brought_by else 0)
+                    (has, wants))
                 if level.has and level.is_right:
                     right[level.has.payload_sha256] += these.number
             twins = _first_twins(tx)
@@ -11149,7 +11180,8 @@ class Releases:
         is_over = bool(strategy.start_at) and strategy.start_at <= self._state.now()
         over = [f"startAt {strategy.start_at} is over: it starts as soon as it can"] if is_over else []
         return plan._replace(emptied=emptied_nodes(request.payload, nodes), selection=stored,
-                             warnings=[*warnings, *plan.warnings, *over]), nodes
+                             warnings=[*failed_before(tx, request.target, request.payload), *warnings, *plan.warnings,
+                                       *over]), nodes
 
     def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
         version = self._state.next_version(tx, release_id)
@@ -11224,7 +11256,7 @@ class Releases:
         self._audit_creation(tx, actor, request, release, superseded)
         tx.after_commit.append(lambda: log.info(
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
-            in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
+            in_runs(map(len, plan.batches)), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=str(actor), event="created")))
         return Made(release, plan.batches, plan.left_out, is_same, [*plan.warnings, *warnings], superseded)
 
@@ -14967,6 +14999,10 @@ CHINESE_FORMS = (
      "发布 {1}（v{2}）之后已在 {3!} 上成功：回滚发布 {4} 会覆盖其内容"),
     (r"release (\d+) \(v(\d+)\) succeeded later on ([^;:]*)", "发布 {1}（v{2}）之后已在 {3!} 上成功"),
     (r"(release [^;:]*): replaces what release (\d+) brought", "{1!}：将覆盖发布 {2} 带来的内容"),
+    (r"(release \d+ \(v\d+\)) brought this payload: it ended (\w+), (\d+) of (\d+) nodes? failed",
+     "{1!}用过此 payload：结果为{2!}，{4} 个节点中有 {3} 个失败"),
+    (r"(release \d+ \(v\d+\) brought this payload: .* failed), and was rolled back by release (\d+)",
+     "{1!}，已由发布 {2} 回滚"),
     (r"(overNewer \(--over-newer\)) if that is meant", "如确需执行，请用 {1}"),
     (r"goes behind (.*): (supersede \(--now\)) cancels (?:it|them) and goes first",
      "排在{1!}之后：{2} 将其取消并最先执行"),
@@ -15115,12 +15151,12 @@ CHINESE_FORMS = (
     (r"behind: release (\d+) \(v(\d+)\) is for it, `catch-up` sends it",
      "落后：应运行发布 {1}（v{2}），可用 `catch-up` 下发"),
     (r"ahead: it has what release (\d+) \(v(\d+), (.*)\) left, and that is not what it should run",
-     "未撤回：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"),
+     "未回滚：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"),
     ("`rollback` or a new release mends it", "可用 `rollback` 或新的发布解决"), ("failed there", "在该节点失败"),
-    (r"(\d+) nodes? runs? the payload of release (\d+), and not what (?:it|they) should: (.*)",
-     "{1} 个节点运行的是发布 {2} 的内容，而不是应有的：{3!}"),
-    (r"(\d+) nodes? runs? the payload of a later release, and not what (?:it|they) should: (.*)",
-     "{1} 个节点运行的是之后某个发布的内容，而不是应有的：{2!}"),
+    (r"(\d+) nodes? runs? release (\d+) and should run release (\d+): (.*)",
+     "{1} 个节点运行的是发布 {2}，应运行发布 {3}：{4!}"),
+    (r"(\d+) nodes? runs? what a later release left there, and not what (?:it|they) should: (.*)",
+     "{1} 个节点运行的是之后某个发布留下的内容，而不是应有的：{2!}"),
     (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
      "{1} 个节点运行的内容不明（之后的发布可能已改动）：{2!}"),
     (r"the (payload|strategy) of release (\d+) can't be used: (.*)", "发布 {2} 的{1!}无法使用：{3!}"),
@@ -15157,12 +15193,13 @@ CHINESE_FORMS = (
     (r"Release (\d+) needs you: paused", "发布 {1} 需要您处理：已暂停"),
     (r"Nobody works on release (\d+)", "没有执行器处理发布 {1}"),
     # what the history says of a release
-    (r"batches of ([\d, ]+)", "批次大小 {1,}"), (r"batches of ([\d, ]+) and (\d+) more", "批次大小 {1,} 等 {1+2} 个"),
-    (r"at most (\d[\d, ]*) failed", "每批最多失败 {1,}"),
-    (r"at most ([\d, ]+) and (\d+) more failed", "每批最多失败 {1,} 等 {1+2} 个"),
+    (r"batches of ([\d, x]+)", "批次大小 {1,}"),
+    (r"batches of ([\d, x]+) and (\d+) more", "批次大小 {1,}，另有 {2} 批"),
+    (r"at most (\d[\d, x]*) failed(?: in each)?", "每批最多失败 {1,}"),
+    (r"at most ([\d, x]+) and (\d+) more failed", "每批最多失败 {1,}，另有 {2} 批"),
     (r"the last (\d+) had failed before: that they fail again stops nothing",
      "最后 {1} 个此前已失败：再次失败不会使发布停止"),
-    (r"(at most \d[^;]*? failed), (\d+) in all", "{1!}，共 {2}"),
+    (r"(at most \d[^;]*? failed(?: in each)?), (\d+) in all", "{1!}，共 {2}"),
     (r"all agents are asked first, at most (\d+) may be silent", "先询问所有 agent，最多 {1} 个可不应答"),
     ("changes nothing: all its nodes run this payload already", "没有任何更改：其所有节点都已在运行此 payload"),
     (r"changes nothing: all its nodes run this payload already \(release (.*)\)",
@@ -15731,7 +15768,7 @@ _EXECUTOR = r"(?!cli:|cert:)[^:]+:\d+:[0-9a-f]{8}"
 # gave, which may be anything, and stays as it is. Where that reads as the program writes it, nothing tells them apart.
 _WRITTEN: Mapping[str, str] = {
     "created": (rf"^{_DEFAULT_REASON}(?=; |$)|"
-                r"(?:(?:^|; )batches of [^;]*; at most \d[^;]* failed(?:, \d+ in all)?"
+                r"(?:(?:^|; )batches of [^;]*; at most \d[^;]* failed(?: in each)?(?:, \d+ in all)?"
                 r"(?:; all agents are asked first, at most \d+ may be silent)?"
                 r"(?:; the last \d+ had failed before: [^;]*)?)?"
                 r"(?:(?:^|; )changes nothing: all its nodes run this payload already)?"
@@ -19200,7 +19237,7 @@ def _created_text(made: Made) -> str:
     release = made.release
     return "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
-        f"{in_words([len(batch) for batch in made.batches])}", *([CHANGES_NOTHING] if made.is_unchanged else []),
+        f"{in_runs(map(len, made.batches))}", *([CHANGES_NOTHING] if made.is_unchanged else []),
         *([release.status_reason] if release.awaits_approval else []),
         *(left_out_lines(made.left_out) if release.is_again else []), *superseded_lines(made.superseded, "was"),
         *warning_lines(made.warnings)])

@@ -579,12 +579,13 @@ def counted_one_by_one(store: rc.Store) -> rc.FleetCounts:
     for node, found in listed:
         if not node.enabled:
             continue
-        brought_by = found.has.release_id if found.has else 0
+        has, wants = (ran.release_id if ran else 0 for ran in (found.has, found.wants))
         one, since = counts[found.drift], found.drift_since and max(found.drift_since, node.created_at)
         counts[found.drift] = rc.DriftCount(
             one.nodes + 1, one.first or node.name, min([s for s in (one.since, since) if s], default=None),
             one.away + (not node.gets_releases), one.known or rc.may_run_text(found),
-            brought_by if not one.nodes or one.release_id == brought_by else 0)
+            (has, wants) if not one.nodes else (has if has == one.release_ids[0] else 0,
+                                                wants if wants == one.release_ids[1] else 0))
         right += [found.has.payload_sha256] if found.is_right else []
     states, twins = [node.state for node in nodes], rc.twins_of(enabled)
     return rc.FleetCounts(counts, len(right), len(set(right)), {state: states.count(state) for state in set(states)},

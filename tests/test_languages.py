@@ -42,10 +42,14 @@ SENTENCES = {
         "数据库 /var/lib/r.db 不存在：请恢复它，或用 `releasectl migrate` 新建",
     "4 tokens": "4 个令牌",
     "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
-    "2 nodes run the payload of release 4, and not what they should: edge-1 and 1 more":
-        "2 个节点运行的是发布 4 的内容，而不是应有的：edge-1 等 2 个",
-    "1 node runs the payload of a later release, and not what it should: edge-1":
-        "1 个节点运行的是之后某个发布的内容，而不是应有的：edge-1",
+    "release 4 (v4) brought this payload: it ended failed, 7 of 40 nodes failed":
+        "发布 4（v4）用过此 payload：结果为失败，40 个节点中有 7 个失败",
+    "release 4 (v4) brought this payload: it ended partial, 1 of 1 node failed, and was rolled back by release 5":
+        "发布 4（v4）用过此 payload：结果为部分成功，1 个节点中有 1 个失败，已由发布 5 回滚",
+    "2 nodes run release 4 and should run release 3: edge-1 and 1 more":
+        "2 个节点运行的是发布 4，应运行发布 3：edge-1 等 2 个",
+    "1 node runs what a later release left there, and not what it should: edge-1":
+        "1 个节点运行的是之后某个发布留下的内容，而不是应有的：edge-1",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
         "2 个节点运行的内容不明（之后的发布可能已改动）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":
@@ -108,7 +112,9 @@ SENTENCES = {
         "例如批次 1 的节点 a",
     "a, b, c and 17 more": "a、b、c 等 20 个",
     "weekly; batches of 1, 2, 3 and 17 more; at most 0, 1, 1 and 17 more failed, 9 in all":
-        "weekly；批次大小 1、2、3 等 20 个；每批最多失败 0、1、1 等 20 个，共 9",
+        "weekly；批次大小 1、2、3，另有 17 批；每批最多失败 0、1、1，另有 17 批，共 9",
+    "weekly; batches of 20, 18 x 100, 80; at most 0 failed in each, 20 in all":
+        "weekly；批次大小 20、18 x 100、80；每批最多失败 0，共 20",
     "stopped, 8 nodes of batch 1 failed, at most 5 may; 9 in all: 8 agent_failed (6 of them: no, 2 for other reasons), "
     "1 timeout; 6 of 9 in pop=gru":
         "已停止，批次 1 有 8 个节点失败，最多允许 5 个；共 9 个失败：8 个 agent 执行失败（其中 6 个：no，"
@@ -377,7 +383,7 @@ def test_the_reasons_of_real_acts_stay_as_they_are(store):
     assert [event.event for event in events] == [
         "created", "frozen", "unfrozen", "paused", "resumed", "cancelling", "cancelled"]
     said = [event["detail"] for event in rc.translated([rc.event_json(event) for event in events])]
-    assert said == [f"{why}；批次大小 1、1；每批最多失败 0、0", *[why] * 5, "2 个节点中已更新 0 个"]
+    assert said == [f"{why}；批次大小 1、1；每批最多失败 0", *[why] * 5, "2 个节点中已更新 0 个"]
 
 
 @pytest.mark.parametrize("strategy", [
@@ -414,7 +420,8 @@ SAMPLES = {
     "how": "in an emergency it goes without: emergency and reason (--emergency --reason TEXT)",
     "freeze.target or": "everything", "lifted_by": "7 lifts it, or any two others",
     "exceeded": "2 nodes failed in all, at most 1 may", "there_is": "kinds: 2 tls", "names_of(": "7 and 3 more",
-    "in_words(": "7, 8 and 3 more", "values_text(": "values of 7: 7", "why_none(": "no node matches 7", "newer_id": "7",
+    "in_words(": "7, 8 and 3 more",
+    "in_runs(": "7, 3 x 8", "values_text(": "values of 7: 7", "why_none(": "no node matches 7", "newer_id": "7",
     "newer": "release 7 (v7) succeeded later on 7", "verb": "rollback", "waiting.line()": "frozen by 7: 7",
     "os_reason(": "permission denied", "PLAIN_TEXT": rc.PLAIN_TEXT, "WEBSITES": "websites", "EACH": "each",
     "same": "--now", "condition": "offline", "now": "until somebody lifts it", "mend": "releasectl freeze off",

@@ -298,7 +298,7 @@ def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
     found = {problem.kind: problem for problem in problems(fresh)}
     assert list(found) == ["failed", "ahead", "unknown", "behind"]
     assert found["ahead"].text == (
-        "1 node runs the payload of release 3, and not what it should: edge-1")
+        "1 node runs release 3 and should run release 2: edge-1")
     assert found["unknown"].text == ("edge-4 may run release 2 or 3: how what release 3 sent it ended is not known")
     assert found["behind"].text == "1 node runs an older payload than it should: edge-2; it is not online"
     assert found["behind"].since == fresh.releases.get(behind.id).finished_at
@@ -626,7 +626,7 @@ def test_a_node_that_a_good_release_is_no_longer_for_is_not_said_to_run_what_fai
     assert problems(fresh) == []
     fresh.nodes.update(2, {"labels": '{"region":"us"}'})
     assert [p.text for p in problems(fresh)] == [
-        "1 node runs the payload of release 2, and not what it should: edge-2"]
+        "1 node runs release 2 and should run release 1: edge-2"]
 
 
 def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):

@@ -143,6 +143,13 @@ def test_a_plan_writes_nothing_and_is_what_the_release_then_does(store):
     assert store.releases.events(made.id)[0].detail == "nightly; batches of 1, 10, 9; at most 0, 2, 1 failed"
 
 
+@pytest.mark.parametrize(("numbers", "text"), [
+    ([7], "7"), ([1, 1, 2], "1, 1, 2"), ([20, *[100] * 18, 80], "20, 18 x 100, 80"), ([0] * 3, "0, 0, 0"),
+    ([1, 2, 2, 3, 4, 4, 4], "1, 2, 2 and 4 more")])
+def test_equal_batches_in_a_row_are_told_as_one_and_what_is_left_out_is_counted(numbers, text):
+    assert rc.in_runs(numbers, 20 if "more" not in text else 2) == text
+
+
 # -- failures ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3])
