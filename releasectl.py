@@ -554,7 +554,7 @@ def in_words(items: Sequence[T], most: int = 20, between: str = ", ", text: Call
 
 
 def in_runs(numbers: Iterable[int], most: int = 20) -> str:
-    """Return '20, 18 x 100, 80', of more than most runs only the beginning: '1, 5, 44 and 2 more' numbers."""
+    """Return '20, 18 x 100, 80'; of more than most runs the beginning, and how many numbers come: '1, 5 and 2 more'."""
     runs = [(number, sum(1 for _ in run)) for number, run in itertools.groupby(numbers)]
     more = sum(times for _, times in runs[most:])
     return ", ".join(f"{times} x {number}" if times > 3 else ", ".join([str(number)] * times)
@@ -992,17 +992,17 @@ class RareRead(Generic[T]):
         arguments: of the read. key: read anew where it is another one than at the last read. While it is read anew,
         others with the same key get it as it was.
         """
-        last, now = self._last, time.monotonic()
-        if last and last.is_good(key, now):
+        last, asked_at = self._last, time.monotonic()
+        if last and last.is_good(key, asked_at):
             return last.value  # type: ignore[no-any-return]
-        is_told = last is not None and last.is_young(now) and last.has_key(key)
+        is_told = last is not None and last.is_young(asked_at) and last.has_key(key)
         if not self._guard.acquire(blocking=not is_told):
             assert last is not None
             return last.value  # type: ignore[no-any-return]
         is_handed_on = False
         try:
             found, now = self._last, time.monotonic()
-            if found and found.is_good(key, now):
+            if found and (found.is_good(key, now) or found.began_at >= asked_at):  # so nobody waits for two more reads
                 return found.value  # type: ignore[no-any-return]
             # who asks rarely waits: what is read beside is for the next one, who may come much later
             if is_told and found and found is last and self._is_told_meanwhile and found.took_s >= SLOW_READ_S and (
@@ -6272,19 +6272,19 @@ def _freeze_step(facts: Facts) -> Step:
     release = facts.release
     freezes = facts.freezes.holding(release) if release else facts.freezes.on
     if not freezes and release and release.during_freeze and facts.freezes.on:
-        return Step("freeze", OK, f"it goes out all the same (--during-freeze): {facts.freezes.on[0].line()}")
+        return Step("freeze", OK, f"it goes out all the same (--during-freeze): {facts.freezes.on[0].line()}",
+                    until=facts.freezes.on[0].until)
     if not freezes:
         return Step("freeze", OK, "not frozen")
     has_pending = release is not None and (release.status == PENDING or any(b.count(PENDING) for b in facts.batches))
     state = OK if not has_pending else WAITS if freezes[0].until else STOPS
-    ends = [epoch_or(freeze.until, facts.now_s) - facts.now_s for freeze in freezes if freeze.until]
     return Step("freeze", state, "; ".join(_with_time_left(freeze, facts) for freeze in freezes), freezes[0].mend,
-                _first_end(ends, facts.now))
+                min((freeze.until for freeze in freezes if freeze.until), default=None))
 
 
 def _with_time_left(freeze: Freeze, facts: Facts) -> str:
     left_s = epoch_or(freeze.until, facts.now_s) - facts.now_s
-    line = freeze.line(end=_until(left_s, facts.now) if left_s > 0 else "")
+    line = freeze.line(end=_until_text(freeze.until, left_s) if freeze.until and left_s > 0 else "")
     return "; ".join(filter(None, (line, freeze.lifted_by)))
 
 
@@ -6471,8 +6471,11 @@ def _first_end(lefts_s: Iterable[float | None], now: Moment) -> str | None:
 
 def _until(left_s: float, now: Moment, word: str = "until") -> str:
     """Return 'until 06:26:40Z, in 19 s'; with the day where that is far off."""
-    text = utc_text(now.wall + left_s)
-    return f"{word} {text[11:19] if left_s < 43200 else text[:16]}Z, in {_time(left_s)}"
+    return _until_text(utc_text(now.wall + left_s), left_s, word)
+
+
+def _until_text(at: str, left_s: float, word: str = "until") -> str:
+    return f"{word} {at[11:19] if left_s < 43200 else at[:16]}Z, in {_time(left_s)}"
 
 
 # endregion
@@ -6760,9 +6763,10 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
         if found.nodes:
             nodes = count_of_nodes(found.nodes)
             run, they = ("runs", "it") if found.nodes == 1 else ("run", "they")
-            left = "{} release {} and should run release {}".format(run, *found.release_ids) if all(
-                found.release_ids) else f"{run} what a later release left there, and not what {they} should"
-            text = {AHEAD: f"{nodes} {left}",
+            has, wants = found.release_ids
+            which = f"release {has} and should run release {wants}" if has and wants else (
+                f"{f'release {has}, which' if has else 'what a later release left, and'} {they} should not")
+            text = {AHEAD: f"{nodes} {run} {which}",
                     UNSURE: f"it is not known what {nodes} {run}, as a later try may have changed it",
                     BEHIND: f"{nodes} {run} an older payload than {they} should"}[drift]
             names = f": {found.first}" + (f" and {found.nodes - 1} more" if found.nodes > 1 else "")
@@ -10159,17 +10163,18 @@ MAX_COMPARED = 20
 
 
 def failed_before(tx: Transaction, target: str, payload: Mapping[str, Any]) -> list[str]:
-    """Return a note where a payload did not end well when one of the newest releases of its target brought it last."""
+    """Return a note where a payload did not end well when one of the newest releases of a target brought it last."""
     found = tx.value(f"""
         SELECT MAX(id)
-        FROM (SELECT id, payload_sha256 FROM release_tasks WHERE target = ? ORDER BY id DESC LIMIT {MAX_COMPARED}) r
-        WHERE payload_sha256 = ?""", target, digest_of(payload))
+        FROM (SELECT id, status, payload_sha256 FROM release_tasks WHERE target = ?
+              ORDER BY id DESC LIMIT {MAX_COMPARED}) r
+        WHERE payload_sha256 = ? AND status IN ('success', 'partial', 'failed')""", target, digest_of(payload))
     old = None if found is None else read_release(tx, int(found))
-    if old is None or not (old.rolled_back_by or old.status in (FAILED, PARTIAL)):
+    if old is None or not (old.rollback_status == SUCCESS or old.status in (FAILED, PARTIAL)):
         return []
     return [f"{old} brought this payload: it ended {old.status}, {old.failed_nodes} of "
             f"{count_of_nodes(old.total_nodes)} failed" + (
-                f", and was rolled back by release {old.rolled_back_by}" if old.rolled_back_by else "")]
+                f", and was rolled back by release {old.rolled_back_by}" if old.rollback_status == SUCCESS else "")]
 
 
 def release_with_payload_of(tx: Transaction, release: Release) -> int | None:
@@ -12028,6 +12033,7 @@ class OverviewReader:
                     ORDER BY r.id""")]
                 pending, oldest = tx.row("SELECT COUNT(*), MIN(created_at) FROM release_tasks "
                                          "WHERE status = 'pending'") or (0, None)
+                newest = tx.value("SELECT MAX(id) FROM release_tasks")
                 awaiting = [Release(*row) for row in tx.rows(
                     f"SELECT {LISTED_COLUMNS} FROM release_tasks r WHERE r.status = 'pending' "
                     "AND r.approval = 'wanted' AND r.started_at IS NULL ORDER BY r.id")]
@@ -12039,11 +12045,10 @@ class OverviewReader:
                 facts = facts._replace(active=active, pending=pending, oldest_pending=oldest, paused_at=paused_at,
                                        awaiting=awaiting, executors=read_executors(tx),
                                        freezes=read_freezes(tx), now_s=epoch_of(tx.now()))
+                # what ended since the last look must not be missing in both, nor what began and ended since
+                key = [release.id for release in active], pending, newest
                 if pending and facts.now_s - epoch_or(oldest, 0.0) > TAKEN_WITHIN_S:
-                    key = [release.id for release in active], pending
                     facts = facts._replace(startable=self._startable.get(tx, key=key))
-            # what ended since the last look must not be missing in both
-            key = [release.id for release in active], facts.pending
             fleet = self._fleet.counts(key)
             facts = facts._replace(failures=self._failures.get(key=key), fleet=fleet,
                                    notifications=self._outbox.waiting())
@@ -15155,8 +15160,10 @@ CHINESE_FORMS = (
     ("`rollback` or a new release mends it", "可用 `rollback` 或新的发布解决"), ("failed there", "在该节点失败"),
     (r"(\d+) nodes? runs? release (\d+) and should run release (\d+): (.*)",
      "{1} 个节点运行的是发布 {2}，应运行发布 {3}：{4!}"),
-    (r"(\d+) nodes? runs? what a later release left there, and not what (?:it|they) should: (.*)",
-     "{1} 个节点运行的是之后某个发布留下的内容，而不是应有的：{2!}"),
+    (r"(\d+) nodes? runs? release (\d+), which (?:it|they) should not: (.*)",
+     "{1} 个节点运行的是发布 {2}，这不是应有的：{3!}"),
+    (r"(\d+) nodes? runs? what a later release left, and (?:it|they) should not: (.*)",
+     "{1} 个节点运行的是之后某个发布留下的内容，这不是应有的：{2!}"),
     (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
      "{1} 个节点运行的内容不明（之后的发布可能已改动）：{2!}"),
     (r"the (payload|strategy) of release (\d+) can't be used: (.*)", "发布 {2} 的{1!}无法使用：{3!}"),

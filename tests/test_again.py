@@ -51,15 +51,38 @@ def test_a_new_release_of_a_payload_that_did_not_end_well_is_told_so_until_it_di
     good(store, "A")
     assert notes("A") == notes("B") == []
     bad = ended(store, "B", "success", "failed", "skipped")
-    assert notes("B") == ["release 2 (v2) brought this payload: it ended failed, 1 of 3 nodes failed"]
-    settle(store, store.releases.rollback(bad.id, "anna", rc.Again()).release, "success", "success")
+    failed = "release 2 (v2) brought this payload: it ended failed, 1 of 3 nodes failed"
+    assert notes("B") == [failed]
+    sql(store, "UPDATE release_tasks SET status = 'partial' WHERE id = ?", bad.id)
+    assert notes("B") == [failed.replace("failed,", "partial,")]
+    sql(store, "UPDATE release_tasks SET status = 'failed' WHERE id = ?", bad.id)
+    again = new_release(store, payload={"content": "B"})
+    assert notes("B") == [failed]  # not taken back by one that waits, nor by one that never began
+    store.releases.act("cancel", again.id, "anna")
+    assert notes("B") == [failed]
+    back = store.releases.rollback(bad.id, "anna", rc.Again()).release
+    assert notes("B") == [failed]  # it is not rolled back yet
+    settle(store, back, "success", "success")
     made = store.releases.create(rc.ReleaseRequest("cdn", payload={"content": "B"}), "anna")
-    assert made.warnings[0] == ("release 2 (v2) brought this payload: it ended failed, 1 of 3 nodes failed, and was "
-                                "rolled back by release 3")
+    assert made.warnings[0] == f"{failed}, and was rolled back by release {back.id}"
     assert notes("A") == []
     settle(store, made.release, "success", "success", "success")
     assert notes("B") == []
     assert store.releases.plan(rc.ReleaseRequest("dns", payload={"content": "B"})).warnings == []
+
+
+def test_a_new_payload_is_compared_with_the_newest_releases_of_its_target_alone(store, monkeypatch):
+    monkeypatch.setattr(rc, "MAX_COMPARED", 2)
+    add_nodes(store, 1)
+    ended(store, "A", "failed")
+    good(store, "B")
+
+    def notes() -> int:
+        return len(store.releases.plan(rc.ReleaseRequest("cdn", payload={"content": "A"})).warnings)
+
+    assert notes() == 1
+    good(store, "C")
+    assert notes() == 0
 
 
 def content_of(release: rc.Release) -> str:

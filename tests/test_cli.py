@@ -628,16 +628,16 @@ def test_serve_runs_releases_until_it_is_told_to_end_and_ends_cleanly(fleet_cli,
         fleet_cli.world.agent(1).set(task_ms=60_000)
         release = new_release(store)
         eventually(lambda: store.releases.with_nodes(release.id)[1][0].status == "running")
+        store.database.close()  # serve is the last to have it open
         told = time.monotonic()
         serve.send_signal(number)
         result = Cli.end(serve)
+        assert not Path(store.database.engine.path + "-wal").exists()  # a copy of the one file has all
     finally:
         serve.kill()
     assert time.monotonic() - told < 8
     assert (result.code, result.out) == (0, "")
     assert result.err.splitlines()[-1].endswith("info: stopped")
-    store.database.close()
-    assert not (fleet_cli.folder / "releasectl.db-wal").exists()  # a copy of the one file has all
     assert store.releases.get(1).status == "success"
     assert store.releases.get(release.id).claim_expires_at is None
     assert store.claims.scan()[0] == [release.id]

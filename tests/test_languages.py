@@ -48,8 +48,10 @@ SENTENCES = {
         "发布 4（v4）用过此 payload：结果为部分成功，1 个节点中有 1 个失败，已由发布 5 回滚",
     "2 nodes run release 4 and should run release 3: edge-1 and 1 more":
         "2 个节点运行的是发布 4，应运行发布 3：edge-1 等 2 个",
-    "1 node runs what a later release left there, and not what it should: edge-1":
-        "1 个节点运行的是之后某个发布留下的内容，而不是应有的：edge-1",
+    "1 node runs release 4, which it should not: edge-1; it is not online":
+        "1 个节点运行的是发布 4，这不是应有的：edge-1；该节点未上线",
+    "2 nodes run what a later release left, and they should not: edge-1 and 1 more":
+        "2 个节点运行的是之后某个发布留下的内容，这不是应有的：edge-1 等 2 个",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
         "2 个节点运行的内容不明（之后的发布可能已改动）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":

@@ -1,6 +1,7 @@
 """The verdict: everything that is wrong, worst first, each with since when and its mend (contract sections 5 and 8)."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -629,6 +630,13 @@ def test_a_node_that_a_good_release_is_no_longer_for_is_not_said_to_run_what_fai
         "1 node runs release 2 and should run release 1: edge-2"]
 
 
+def test_what_a_first_release_left_that_was_cancelled_is_said_of_that_release(fresh):
+    add_nodes(fresh, 2)
+    settle(fresh, new_release(fresh, payload={"content": "A"}), "success", "skipped")
+    sql(fresh, "UPDATE release_tasks SET status = 'cancelled'")
+    assert [p.text for p in problems(fresh)] == ["1 node runs release 1, which it should not: edge-1"]
+
+
 def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):
     executor = sqlite_world.executor(CONTROL_CERT="")
     found = rc.ProcessState(executor.settings, executor)()["certificates"]
@@ -747,12 +755,15 @@ def rested(store, monkeypatch):
     return store
 
 
-def test_what_ended_just_now_is_in_the_verdict_also_where_it_takes_long_to_count_all_nodes(rested):
+@pytest.mark.parametrize("is_seen_running", [True, False])
+def test_what_ended_just_now_is_in_the_verdict_also_where_it_takes_long_to_count_all_nodes(rested, is_seen_running):
     add_nodes(rested, 3)
     good(rested, "A")
+    assert kinds(rested) == []
     bad = new_release(rested, payload={"content": "B"})
     sql(rested, "UPDATE release_tasks SET status = 'running', started_at = created_at WHERE id = ?", bad.id)
-    assert kinds(rested) == []
+    if is_seen_running:
+        assert kinds(rested) == []
     settle(rested, bad, "success", "skipped", "skipped")
     sql(rested, "UPDATE release_tasks SET status = 'cancelled' WHERE id = ?", bad.id)
     assert kinds(rested) == ["ahead"]
@@ -767,6 +778,46 @@ def test_a_scrape_and_the_verdict_take_one_count_of_all_nodes(rested, monkeypatc
         rested.fleet.counts()
         problems(rested)
     assert len(counted) == 1
+
+
+def test_nobody_is_told_what_was_read_more_than_a_minute_ago(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
+
+    def read() -> float:
+        now[0] += 30.0
+        return now[0]
+
+    value = rc.RareRead(read)
+    assert value.get() == 1030.0
+    now[0] = 1030.0 + 29.0  # good for 45 s from its end, but a minute old from its begin
+    assert value.get() == 1030.0
+    now[0] = 1000.0 + 60.0
+    assert value.get() == 1090.0
+
+
+def test_whoever_waited_for_a_read_that_began_after_he_asked_takes_it_whatever_its_key(monkeypatch):
+    now, begun, may_end, reads = [1000.0], threading.Event(), threading.Event(), itertools.count(1)
+    told: dict[str, int] = {}
+    monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
+
+    def read() -> int:
+        number = next(reads)
+        if number == 1:
+            begun.set()
+            assert may_end.wait(60)
+        return number
+
+    value = rc.RareRead(read)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(beside(lambda: told.update(first=value.get(key="first"))))
+        assert begun.wait(60)
+        now[0] = 1001.0
+        for key in ("a", "b", "c"):
+            stack.enter_context(beside(lambda key=key: told.update({key: value.get(key=key)})))
+        may_end.set()
+    assert told["first"] == 1
+    assert {told["a"], told["b"], told["c"]} == {2}  # one read for all three, and none of before they asked
 
 
 def test_while_one_caller_reads_anew_what_takes_long_others_get_what_there_is(monkeypatch):

@@ -253,7 +253,12 @@ def test_the_times_of_a_sentence_are_fields_beside_it_the_first_one_where_there_
     assert "until 2999-01-01T06:00Z" in freeze.text
     assert "until 2998-12-31T06:00Z" in freeze.text
     assert freeze.until[:16] == "2998-12-31T06:00"
+    assert freeze.until == "2998-12-31T06:00:00.000Z"  # as it is stored, by whatever clock
     assert [one.name for one in why(world, release).steps if one.until] == ["freeze", "start"]
+    sql(world.store, "UPDATE release_tasks SET during_freeze = 1")
+    passing = step(why(world, release), "freeze")
+    assert (passing.text.partition(" (")[0], passing.until[:4]) == ("it goes out all the same", "2999")
+    assert contract.has_its_time(passing.text, passing.until)
 
 
 def test_nodes_in_flight_have_deadlines_and_slots_are_used_up(world):
