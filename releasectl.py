@@ -4045,6 +4045,22 @@ ERROR_HINTS: Mapping[str, str] = {
     ABANDONED: "The outcome is unknown. Check the host, then retry.",
 }
 
+# What an agent says where it is its host that fails, whatever a release brought.
+_HOST_TROUBLE = re.compile("no space left on device|disk quota exceeded|read-only file system|input/output error|"
+                           "cannot allocate memory|out of memory", re.IGNORECASE)
+HOST_HINT = "The host is in trouble, whatever this release brought: mend it there, then retry."
+
+
+def hint_for(kind: str, message: str) -> str:
+    """Return what to do about a failure of one of ERROR_KINDS, "" for another."""
+    return HOST_HINT if kind == AGENT_FAILED and _host_trouble(message) else ERROR_HINTS.get(kind, "")
+
+
+def _host_trouble(message: str) -> str:
+    found = _HOST_TROUBLE.search(message)
+    return found[0] if found else ""
+
+
 # Key and value.
 _Label = tuple[str, Any]
 
@@ -4269,7 +4285,7 @@ def failures_json(failures: Iterable[FailureGroup], has_all: bool = False) -> li
     """
     return [{"errorKind": group.kind, "message": group.pattern, "nodes": group.size,
              "nodeIds": list(group.ids if has_all else group.ids[:len(group.names)]), "nodeNames": group.names,
-             "label": group.label._asdict() if group.label else None, "hint": ERROR_HINTS.get(group.kind, "")}
+             "label": group.label._asdict() if group.label else None, "hint": hint_for(group.kind, group.pattern)}
             for group in failures]
 
 
@@ -4281,10 +4297,9 @@ def kinds_text(kinds: Iterable[str]) -> str:
 
 class Causes(NamedTuple):
     """Why nodes failed, for a sentence."""
-    # '17 agent_failed (15 of them: bind to :443 in use, 2: no space left), 12 unreachable': of the first kind the cause
-    # that most have, and what else there is; in short '2 for other reasons'.
-    text: str
-    short: str
+    # '17 agent_failed (15 of them: bind to :443 in use, 2: write /x: no space left), 12 unreachable': of the first kind
+    # the cause that most have, and what else there is; then shorter ones: '2: no space left', '2 for other reasons'.
+    texts: Sequence[str]
     # A node of the largest cause, and whether the text has its message.
     example: ReleaseNode
     is_told: bool
@@ -4294,7 +4309,7 @@ class Causes(NamedTuple):
 
         Where what is still to follow would cut it, it is without the example, if that tells nothing new, or in short.
         """
-        sentences = [f"{before}{text}{more}" for text in (self.text, self.short)
+        sentences = [f"{before}{text}{more}" for text in self.texts
                      for more in ((example, "") if self.is_told else (example,))]
         return next((one for one in sentences if len(one) <= MAX_MESSAGE_CHARS - MAX_TO_FOLLOW_CHARS), sentences[-1])
 
@@ -4309,15 +4324,22 @@ def causes_of(failed: Collection[ReleaseNode]) -> Causes:
                                       for n in of_kind.values())
     example = of_kind[largest.ids[0]]
     if not largest.pattern or largest.size <= len(of_kind) / 2:
-        return Causes(text, text, example, False)
-    told = one_line(largest.pattern, MAX_CAUSE_CHARS)
+        return Causes([text], example, False)
+    told = _cause_in_short(largest.pattern)
     if not others:
         text = f"{first} ({told}){text[len(first):]}"
-        return Causes(text, text, example, True)
-    left, second = len(of_kind) - largest.size, one_line(others[0].pattern, MAX_CAUSE_CHARS) if len(others) == 1 else ""
-    whole, short = (f"{first} ({largest.size} of them: {told}, {left}{rest}){text[len(first):]}"
-                    for rest in (f": {second}" if second else " for other reasons", " for other reasons"))
-    return Causes(whole, short, example, True)
+        return Causes([text], example, True)
+    second = others[0].pattern if len(others) == 1 else ""
+    rests = [f": {one}" for one in (_cause_in_short(second), _host_trouble(second)) if one]
+    left = len(of_kind) - largest.size
+    return Causes([f"{first} ({largest.size} of them: {told}, {left}{rest}){text[len(first):]}"
+                   for rest in (*rests, " for other reasons")], example, True)
+
+
+def _cause_in_short(message: str) -> str:
+    """Return the beginning of a message, or what it says of its host where that would be cut off."""
+    told, trouble = one_line(message, MAX_CAUSE_CHARS), _host_trouble(message)
+    return told if trouble in told else trouble
 
 
 # endregion
@@ -5034,7 +5056,7 @@ def _paused(situation: Situation, waiting: str) -> str:
     elif situation.exceeded:
         failed = nodes.of[FAILED].values()
         # a release that waits for nodes is described again and again
-        causes = kinds_text(n.error_kind for n in failed) if waiting or not failed else causes_of(failed).text
+        causes = kinds_text(n.error_kind for n in failed) if waiting or not failed else causes_of(failed).texts[0]
         then = f"{situation.exceeded}: {causes}; resume and accept the failures, or cancel"
     return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
 
@@ -15581,7 +15603,9 @@ CHINESE_SENTENCES = {
         "agent 拒绝了此版本；新的发布会带来新的版本。",
     "The agent tried and failed. If its message names what this release brought, roll back; else mend the host, then "
     "retry.":
-        "agent 已执行但失败。若消息指向本次发布的内容，请回滚；否则修复主机，然后重试。",
+        "agent 执行失败。若消息指向本次发布的内容，请回滚；否则修复主机，然后重试。",
+    "The host is in trouble, whatever this release brought: mend it there, then retry.":
+        "是主机本身的问题，与本次发布的内容无关：请先修复主机，然后重试。",
     "The agent succeeded, the probe of the service did not. Check the service on the host.":
         "agent 成功，但服务探测失败。请检查主机上的服务。",
     "The task did not end in time. Check what the agent is doing, then retry.":
