@@ -9311,7 +9311,7 @@ class Queue:
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
 # Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Strategy, Selection, Plan,
-#   Failures, Verbs, Database, Audit, Nodes, Queue.
+#   Failures, Status texts, Verbs, Database, Audit, Nodes, Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -9405,15 +9405,22 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
-    replaces = []
+    replaces = [how_it_ended(old)] if verb == "retry" and old.rollback_status == SUCCESS else []
     if wish.over_newer:
         digest = digest_of(request.payload)
-        replaces = [f"{text}: replaces what release {newer_id} brought" for text, newer_id in itertools.islice(
+        replaces += [f"{text}: replaces what release {newer_id} brought" for text, newer_id in itertools.islice(
             newer_successes(tx, old, nodes), MAX_REPLACED_NAMED) if stored_digest(tx, newer_id) != digest]
     refuse_twins(nodes)
     request = request._replace(is_emergency=wish.is_emergency)
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes),
                                   warnings=[*replaces, *plan.warnings]), nodes
+
+
+def how_it_ended(old: Release) -> str:
+    """Return a note for who sends the payload of a release that did not end well once more."""
+    back = f", and was rolled back by release {old.rolled_back_by}" if old.rollback_status == SUCCESS else ""
+    return (f"{old} brought this payload: it ended {old.status}, {old.failed_nodes} of "
+            f"{count_of_nodes(old.total_nodes)} failed{back}")
 
 
 def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
@@ -10176,8 +10183,9 @@ def back_and_forth(tx: Transaction, request: ReleaseRequest, nodes: Sequence[Nod
     others = [node for node in nodes_again(tx, undone) if node.id not in goes_to and node.enabled]
     levels = _what_they_have(tx, others)
     stay = [node.name for node in others for has in [levels[node.id].has] if has and has.payload_sha256 != digest]
-    return [*notes, *([f"{count_of_nodes(len(stay))} of release {undone.id} {'stays' if len(stay) == 1 else 'stay'} on "
-                       f"another payload: {in_words(stay, MAX_NAMED)}"] if stay else [])]
+    are_left = "is not in it, and stays" if len(stay) == 1 else "are not in it, and stay"
+    return [*notes, *([f"{count_of_nodes(len(stay))} of release {undone.id} {are_left} on another payload: "
+                       f"{in_words(stay, MAX_NAMED)}"] if stay else [])]
 
 
 # With how many of the newest releases a new payload is compared.
@@ -10192,11 +10200,7 @@ def failed_before(tx: Transaction, target: str, payload: Mapping[str, Any]) -> l
               ORDER BY id DESC LIMIT {MAX_COMPARED}) r
         WHERE payload_sha256 = ? AND status IN ('success', 'partial', 'failed')""", target, digest_of(payload))
     old = None if found is None else read_release(tx, int(found))
-    if old is None or not (old.rollback_status == SUCCESS or old.status in (FAILED, PARTIAL)):
-        return []
-    return [f"{old} brought this payload: it ended {old.status}, {old.failed_nodes} of "
-            f"{count_of_nodes(old.total_nodes)} failed" + (
-                f", and was rolled back by release {old.rolled_back_by}" if old.rollback_status == SUCCESS else "")]
+    return [how_it_ended(old)] if old and (old.rollback_status == SUCCESS or old.status in (FAILED, PARTIAL)) else []
 
 
 def release_with_payload_of(tx: Transaction, release: Release) -> int | None:
@@ -15230,9 +15234,9 @@ CHINESE_FORMS = (
      "最后 {1} 个此前已失败：再次失败不会使发布停止"),
     (r"(at most \d[^;]*? failed(?: in each)?), (\d+) in all", "{1!}，共 {2}"),
     (r"all agents are asked first, at most (\d+) may be silent", "先询问所有 agent，最多 {1} 个可不应答"),
-    ("changes nothing: all its nodes run this payload already", "没有任何更改：其所有节点都已在运行此 payload"),
+    ("changes nothing: all its nodes run this payload already", "没有任何更改：所涉节点都已在运行此 payload"),
     (r"changes nothing: all its nodes run this payload already \(release (.*)\)",
-     "没有任何更改：其所有节点都已在运行此 payload（发布 {1}）"),
+     "没有任何更改：所涉节点都已在运行此 payload（发布 {1,}）"),
     (r"(\d+) other releases? (?:has|have) not ended yet", "另有 {1} 个发布尚未结束"),
     (r"(.*) against release (\d+) \(v(\d+), (\d+) of (\d+) nodes?\)",
      "与发布 {2}（v{3}，{5} 个节点中的 {4} 个）相比：{1!}"),
@@ -15251,7 +15255,8 @@ CHINESE_FORMS = (
      "发布 {1} 本身就是对发布 {2} 的回滚：继续会再退一步，回到更早的内容"),
     (r"release (\d+) is itself a rollback, of release (\d+), to what release (\d+) brought: this goes back further "
      r"than that", "发布 {1} 本身就是对发布 {2} 的回滚，已回到发布 {3} 的内容：继续会再退一步，回到更早的内容"),
-    (r"(\d+) nodes? of release (\d+) stays? on another payload: (.*)", "发布 {2} 的 {1} 个节点仍保留其他内容：{3!}"),
+    (r"(\d+) nodes? of release (\d+) (?:is|are) not in it, and stays? on another payload: (.*)",
+     "发布 {2} 的 {1} 个节点不在其中，仍运行其他内容：{3!}"),
     (r"release (\d+) \(v(\d+)\) succeeded on no node", "发布 {1}（v{2}）没有在任何节点上成功"),
     (r"release (\d+) \(v(\d+)\) never went out", "发布 {1}（v{2}）从未下发"),
     (r"waits for release (\d+) \(v(\d+)\), (which .*): (releasectl [^;]*)", "等待发布 {1}（v{2}，{3!}）：{4}"),

@@ -228,7 +228,7 @@ def test_rule_10_the_rollback_of_a_rollback_says_so_and_names_whom_it_leaves_wit
     assert plan.warnings == [
         f"release {first.id} is itself a rollback, of release {bad.id}, to what release 2 brought: this goes back "
         "further than that",
-        f"1 node of release {bad.id} stays on another payload: edge-4"]
+        f"1 node of release {bad.id} is not in it, and stays on another payload: edge-4"]
     assert store.releases.plan_again("rollback", bad.id, rc.Again(over_newer=True)).warnings == []  # the same payload
 
 
@@ -454,6 +454,10 @@ def test_rule_10_what_was_rolled_back_already_is_said_to_be_that(store, verb):
     assert refused.value.message == (
         f"release {bad.id} was rolled back already, by release {first.id}: {verb} of it would {then}; "
         "overNewer (--over-newer) if that is meant")
+    told = store.releases.plan_again(verb, bad.id, rc.Again(over_newer=True)).warnings
+    ended_how = "it ended failed, 1 of 2 nodes failed, and was rolled back by release"
+    assert (f"{bad} brought this payload: {ended_how} {first.id}"
+            in told) == (verb == "retry")  # who insists is told once more what that brings back
 
 
 def test_rule_10_what_a_rollback_that_failed_brought_back_in_part_is_not_called_rolled_back(store):

@@ -92,7 +92,7 @@ SENTENCES = {
     "stopped, 2 nodes failed: 2 http; first node a in batch 2: no; such; release 18 rolls it back":
         "已停止，2 个节点失败：2 个 HTTP 错误；首个是批次 2 的节点 a：no; such；由发布 18 回滚",
     "changes nothing: all its nodes run this payload already (release 4); 1 other release has not ended yet":
-        "没有任何更改：其所有节点都已在运行此 payload（发布 4）；另有 1 个发布尚未结束",
+        "没有任何更改：所涉节点都已在运行此 payload（发布 4）；另有 1 个发布尚未结束",
     "release 3 (v3) of cdn ended failed: stopped, 9 nodes of batch 3 failed, at most 3 may: 6 agent_failed (nginx: "
     "bind to <address>:8443, 98: in use), 2 unreachable, 1 deadline; such as node gru-3 in batch 3; all 9 in pop=gru; "
     "rolled back by release 4":
@@ -281,7 +281,7 @@ AROUND = {
         "changes nothing: all its nodes run this payload already; left out: Frankfurt edge 3 is offline; goes out in a "
         "freeze too",
         "", "；批次大小 1、2；每批最多失败 0、1，共 2；先询问所有 agent，最多 1 个可不应答；"
-        "没有任何更改：其所有节点都已在运行此 payload；未包含：Frankfurt edge 3（下线）；冻结期间也执行")],
+        "没有任何更改：所涉节点都已在运行此 payload；未包含：Frankfurt edge 3（下线）；冻结期间也执行")],
     "approval": [("waiting for approval by somebody else than Bob Smith: releasectl approve 4; ", "",
                   "等待 Bob Smith 以外的人批准：releasectl approve 4；", "")],
     "approved": [("", "", "", "")],
@@ -302,7 +302,7 @@ AROUND = {
 # By event: what it says where the program alone writes it.
 TOLD = {
     "created": [("retry of release 3; changes nothing: all its nodes run this payload already",
-                 "重试发布 3；没有任何更改：其所有节点都已在运行此 payload"),
+                 "重试发布 3；没有任何更改：所涉节点都已在运行此 payload"),
                 ("; ".join(f"left out: edge {number} is offline" for number in range(20)),
                  "；".join(f"未包含：edge {number}（下线）" for number in range(20)))],
     "started": [], "approval": [("waiting for approval: releasectl approve 4", "等待批准：releasectl approve 4")],

@@ -1869,7 +1869,7 @@ def test_a_draft_from_a_release_that_failed_says_so_and_offers_what_runs_now(pag
     assert page.count("#was") == 0
     assert page.address() == "#/new"  # so nothing asks whether release 2 should replace it
     page.run("document.querySelector('[name=who][value=picked]').click()")
-    page.fill(reason="for release 1").open("#/new?from=2").press("Replace it by release 2")
+    page.fill(reason="for release 1").open("#/new?from=2").press("Replace it with release 2")
     page.see("Starts from the payload of release 2", "#was")
     fields = "[...document.querySelectorAll('[name=reason], [name=who]:checked')].map(e => e.value)"
     assert page.run(fields) == ["", "all"]
