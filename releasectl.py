@@ -1002,7 +1002,8 @@ class RareRead(Generic[T]):
         is_handed_on = False
         try:
             found, now = self._last, time.monotonic()
-            if found and (found.is_good(key, now) or found.began_at >= asked_at):  # so nobody waits for two more reads
+            # what was read since then is as new, unless by another's transaction: so nobody waits for two more reads
+            if found and (found.is_good(key, now) or (not arguments and found.began_at >= asked_at)):
                 return found.value  # type: ignore[no-any-return]
             # who asks rarely waits: what is read beside is for the next one, who may come much later
             if is_told and found and found is last and self._is_told_meanwhile and found.took_s >= SLOW_READ_S and (
@@ -4045,10 +4046,10 @@ ERROR_HINTS: Mapping[str, str] = {
     ABANDONED: "The outcome is unknown. Check the host, then retry.",
 }
 
-# What an agent says where it is its host that fails, whatever a release brought.
-_HOST_TROUBLE = re.compile("no space left on device|disk quota exceeded|read-only file system|input/output error|"
-                           "cannot allocate memory|out of memory", re.IGNORECASE)
-HOST_HINT = "The host is in trouble, whatever this release brought: mend it there, then retry."
+# What an agent says where it is its host that fails, and hardly what a release brought.
+_HOST_TROUBLE = re.compile("no space left on device|disk quota exceeded|read-only file system|input/output error",
+                           re.IGNORECASE)
+HOST_HINT = "Most likely the host is in trouble, not what this release brought: mend it there, then retry."
 
 
 def hint_for(kind: str, message: str) -> str:
@@ -4337,9 +4338,9 @@ def causes_of(failed: Collection[ReleaseNode]) -> Causes:
 
 
 def _cause_in_short(message: str) -> str:
-    """Return the beginning of a message, or what it says of its host where that would be cut off."""
+    """Return the beginning of a message, and what it says of its host, also where that comes late."""
     told, trouble = one_line(message, MAX_CAUSE_CHARS), _host_trouble(message)
-    return told if trouble in told else trouble
+    return told if trouble in told else f"{one_line(message, MAX_CAUSE_CHARS - len(trouble) - 2)}: {trouble}"
 
 
 # endregion
@@ -6787,7 +6788,7 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
             run, they = ("runs", "it") if found.nodes == 1 else ("run", "they")
             has, wants = found.release_ids
             which = f"release {has} and should run release {wants}" if has and wants else (
-                f"{f'release {has}, which' if has else 'what a later release left, and'} {they} should not")
+                f"{f'release {has}, which' if has else 'what'} {they} should not")
             text = {AHEAD: f"{nodes} {run} {which}",
                     UNSURE: f"it is not known what {nodes} {run}, as a later try may have changed it",
                     BEHIND: f"{nodes} {run} an older payload than {they} should"}[drift]
@@ -9405,7 +9406,7 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
-    replaces = [how_it_ended(old)] if verb == "retry" and old.rollback_status == SUCCESS else []
+    replaces = [how_it_ended(old)] if verb == "retry" and old.rollback_status in (SUCCESS, PARTIAL) else []
     if wish.over_newer:
         digest = digest_of(request.payload)
         replaces += [f"{text}: replaces what release {newer_id} brought" for text, newer_id in itertools.islice(
@@ -9418,7 +9419,8 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
 
 def how_it_ended(old: Release) -> str:
     """Return a note for who sends the payload of a release that did not end well once more."""
-    back = f", and was rolled back by release {old.rolled_back_by}" if old.rollback_status == SUCCESS else ""
+    how = {SUCCESS: "rolled back", PARTIAL: "rolled back in part"}.get(old.rollback_status)
+    back = f", and was {how} by release {old.rolled_back_by}" if how else ""
     return (f"{old} brought this payload: it ended {old.status}, {old.failed_nodes} of "
             f"{count_of_nodes(old.total_nodes)} failed{back}")
 
@@ -10196,11 +10198,12 @@ def failed_before(tx: Transaction, target: str, payload: Mapping[str, Any]) -> l
     """Return a note where a payload did not end well when one of the newest releases of a target brought it last."""
     found = tx.value(f"""
         SELECT MAX(id)
-        FROM (SELECT id, status, payload_sha256 FROM release_tasks WHERE target = ?
-              ORDER BY id DESC LIMIT {MAX_COMPARED}) r
-        WHERE payload_sha256 = ? AND status IN ('success', 'partial', 'failed')""", target, digest_of(payload))
+        FROM (SELECT id, status, payload_sha256, success_nodes + failed_nodes AS ended
+              FROM release_tasks WHERE target = ? ORDER BY id DESC LIMIT {MAX_COMPARED}) r
+        WHERE payload_sha256 = ? AND (status IN ('success', 'partial', 'failed') OR status = 'cancelled' AND ended > 0)
+        """, target, digest_of(payload))
     old = None if found is None else read_release(tx, int(found))
-    return [how_it_ended(old)] if old and (old.rollback_status == SUCCESS or old.status in (FAILED, PARTIAL)) else []
+    return [how_it_ended(old)] if old and (old.failed_nodes or old.rollback_status in (SUCCESS, PARTIAL)) else []
 
 
 def release_with_payload_of(tx: Transaction, release: Release) -> int | None:
@@ -15034,6 +15037,8 @@ CHINESE_FORMS = (
      "{1!}用过此 payload：结果为{2!}，{4} 个节点中有 {3} 个失败"),
     (r"(release \d+ \(v\d+\) brought this payload: .* failed), and was rolled back by release (\d+)",
      "{1!}，已由发布 {2} 回滚"),
+    (r"(release \d+ \(v\d+\) brought this payload: .* failed), and was rolled back in part by release (\d+)",
+     "{1!}，已由发布 {2} 部分回滚"),
     (r"(overNewer \(--over-newer\)) if that is meant", "如确需执行，请用 {1}"),
     (r"goes behind (.*): (supersede \(--now\)) cancels (?:it|them) and goes first",
      "排在{1!}之后：{2} 将其取消并最先执行"),
@@ -15188,8 +15193,7 @@ CHINESE_FORMS = (
      "{1} 个节点运行的是发布 {2}，应运行发布 {3}：{4!}"),
     (r"(\d+) nodes? runs? release (\d+), which (?:it|they) should not: (.*)",
      "{1} 个节点运行的是发布 {2}，这不是应有的：{3!}"),
-    (r"(\d+) nodes? runs? what a later release left, and (?:it|they) should not: (.*)",
-     "{1} 个节点运行的是之后某个发布留下的内容，这不是应有的：{2!}"),
+    (r"(\d+) nodes? runs? what (?:it|they) should not: (.*)", "{1} 个节点运行的不是应有的内容：{2!}"),
     (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
      "{1} 个节点运行的内容不明（之后的发布可能已改动）：{2!}"),
     (r"the (payload|strategy) of release (\d+) can't be used: (.*)", "发布 {2} 的{1!}无法使用：{3!}"),
@@ -15609,8 +15613,8 @@ CHINESE_SENTENCES = {
     "The agent tried and failed. If its message names what this release brought, roll back; else mend the host, then "
     "retry.":
         "agent 执行失败。若消息指向本次发布的内容，请回滚；否则修复主机，然后重试。",
-    "The host is in trouble, whatever this release brought: mend it there, then retry.":
-        "是主机本身的问题，与本次发布的内容无关：请先修复主机，然后重试。",
+    "Most likely the host is in trouble, not what this release brought: mend it there, then retry.":
+        "很可能是主机的问题，而不是本次发布的内容：请先修复主机，然后重试。",
     "The agent succeeded, the probe of the service did not. Check the service on the host.":
         "agent 成功，但服务探测失败。请检查主机上的服务。",
     "The task did not end in time. Check what the agent is doing, then retry.":

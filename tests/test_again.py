@@ -71,6 +71,29 @@ def test_a_new_release_of_a_payload_that_did_not_end_well_is_told_so_until_it_di
     assert store.releases.plan(rc.ReleaseRequest("dns", payload={"content": "B"})).warnings == []
 
 
+@pytest.mark.parametrize(("status", "nodes", "back", "told"), [
+    ("success", ("success", "success", "success"), ("success", "success", "success"),
+     "ended success, 0 of 3 nodes failed, and was rolled back by release 3"),
+    ("success", ("success", "success", "success"), ("success", "success", "failed"),
+     "ended success, 0 of 3 nodes failed, and was rolled back in part by release 3"),
+    ("cancelled", ("success", "failed", "skipped"), ("success", "success"),
+     "ended cancelled, 1 of 3 nodes failed, and was rolled back by release 3"),
+    ("cancelled", ("failed", "failed", "skipped"), (), "ended cancelled, 2 of 3 nodes failed"),
+    ("cancelled", ("success", "skipped", "skipped"), (), ""), ("success", ("success", "success", "success"), (), "")])
+def test_of_a_payload_it_is_told_what_failed_and_what_was_rolled_back(store, status, nodes, back, told):
+    add_nodes(store, 3)
+    good(store, "A")
+    old = ended(store, "B", *nodes)
+    sql(store, "UPDATE release_tasks SET status = ? WHERE id = ?", status, old.id)
+    if back:
+        made = settle(store, store.releases.rollback(old.id, "anna", rc.Again()).release, *back)
+        if "failed" in back:
+            sql(store, "UPDATE release_tasks SET status = 'partial' WHERE id = ?", made.id)
+    warnings = store.releases.plan(rc.ReleaseRequest("cdn", payload={"content": "B"})).warnings
+    assert [text for text in warnings if "brought" in text] == [
+        f"release 2 (v2) brought this payload: it {told}"] * bool(told)
+
+
 def test_a_new_payload_is_compared_with_the_newest_releases_of_its_target_alone(store, monkeypatch):
     monkeypatch.setattr(rc, "MAX_COMPARED", 2)
     add_nodes(store, 1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 
 import pytest
@@ -277,21 +278,27 @@ def test_where_a_second_cause_finds_no_room_it_is_counted_and_nothing_after_it_i
 
 
 def test_a_second_cause_without_room_is_told_by_what_fails_on_its_host():
-    first, second = f"nginx: invalid port in {'x' * 72}", f"write /etc/{'y' * 80}: no space left on device"
+    first, second = f"nginx: invalid port in {'x' * 72}", f"write /etc/{'y' * 58}: no space left on device"
     assert f"8 agent_failed (6 of them: {first}, 2: no space left on device); such as node edge-1" in sentence(
         *[("agent_failed", first)] * 6, *[("agent_failed", second)] * 2)
     some = [("agent_failed", "a"), ("agent_failed", "a"), ("agent_failed", "write /x: no space left on device")]
     assert "3 agent_failed (2 of them: a, 1: write /x: no space left on device)" in sentence(*some)
-    assert "2 agent_failed (no space left on device);" in sentence(*[("agent_failed", f"{'z' * 30} {second}")] * 2)
+    late = sentence(*[("agent_failed", f"write {'/z' * 60}: no space left on device")] * 2)
+    assert re.search(r"2 agent_failed \(write (/z)+\S*: no space left on device\);", late)
 
 
 @pytest.mark.parametrize(("kind", "message", "hint"), [
     ("agent_failed", "write /etc/x: No space left on device", rc.HOST_HINT),
     ("agent_failed", "open /etc/x: read-only file system", rc.HOST_HINT),
+    ("agent_failed", "write: disk quota exceeded", rc.HOST_HINT),
+    ("agent_failed", "read: input/output error", rc.HOST_HINT),
+    ("agent_failed", "mmap() failed (12: Cannot allocate memory)", rc.ERROR_HINTS["agent_failed"]),
     ("agent_failed", "nginx: [emerg] invalid port", rc.ERROR_HINTS["agent_failed"]),
-    ("unreachable", "no space left on device", rc.ERROR_HINTS["unreachable"]), ("", "out of memory", "")])
+    ("unreachable", "no space left on device", rc.ERROR_HINTS["unreachable"]), ("", "no space left on device", "")])
 def test_advice_is_for_the_host_where_that_is_what_fails(kind, message, hint):
     assert rc.hint_for(kind, message) == hint
+    group = rc.FailureGroup(kind, message, [1], ["edge-1"])
+    assert [one["hint"] for one in rc.failures_json([group])] == [hint]
 
 
 def test_error_msg_names_the_first_failed_node_as_ever():

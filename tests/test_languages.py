@@ -50,8 +50,10 @@ SENTENCES = {
         "2 个节点运行的是发布 4，应运行发布 3：edge-1 等 2 个",
     "1 node runs release 4, which it should not: edge-1; it is not online":
         "1 个节点运行的是发布 4，这不是应有的：edge-1；该节点未上线",
-    "2 nodes run what a later release left, and they should not: edge-1 and 1 more":
-        "2 个节点运行的是之后某个发布留下的内容，这不是应有的：edge-1 等 2 个",
+    "2 nodes run what they should not: edge-1 and 1 more": "2 个节点运行的不是应有的内容：edge-1 等 2 个",
+    "release 4 (v4) brought this payload: it ended cancelled, 0 of 3 nodes failed, and was rolled back in part by "
+    "release 5":
+        "发布 4（v4）用过此 payload：结果为已取消，3 个节点中有 0 个失败，已由发布 5 部分回滚",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
         "2 个节点运行的内容不明（之后的发布可能已改动）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":

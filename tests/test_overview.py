@@ -820,6 +820,25 @@ def test_whoever_waited_for_a_read_that_began_after_he_asked_takes_it_whatever_i
     assert {told["a"], told["b"], told["c"]} == {2}  # one read for all three, and none of before they asked
 
 
+def test_what_another_read_in_his_own_transaction_is_not_taken_though_it_was_read_later(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
+    begun, may_end = threading.Event(), threading.Event()
+
+    def read(seen: str) -> str:
+        if seen == "old":
+            begun.set()
+            assert may_end.wait(60)
+        return seen
+
+    value, told = rc.RareRead(read), list[str]()
+    with beside(lambda: value.get("old", key="before")):
+        assert begun.wait(60)
+        with beside(lambda: told.append(value.get("new", key="after"))):  # asks while the other reads, at the same time
+            may_end.set()
+    assert told == ["new"]
+
+
 def test_while_one_caller_reads_anew_what_takes_long_others_get_what_there_is(monkeypatch):
     monkeypatch.setattr(rc, "RARE_READ_REST", 0)  # it is old at once
     begun, may_end, count = threading.Event(), threading.Event(), itertools.count(1)
