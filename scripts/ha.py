@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -58,6 +61,8 @@ CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 2, 2
 TURN_S = 240.0
 # So long it may still be said that the database takes no writes when it does.
 BELATED_S = 3.0
+# How long the primary is silent at least, and within which time everybody must have been told that it does not answer.
+SILENT_S, SILENCE_TOLD_S = 20.0, 30.0
 MISSING = 3
 
 
@@ -143,9 +148,13 @@ def _judge_answers(seen: Seen) -> Iterator[str]:
     """Yield answers that told more than the agents had done, or less than an answer that was given before."""
     totals = {release.id: release.total for release in seen.tables.releases}
     most: dict[tuple[int, int], int] = {}
+    on_at = min((run.began_at for runs in seen.runs.values() for run in runs if run.began_at > seen.back_at),
+                default=float("inf"))
     for answer in seen.answers:
         if "takes no writes" in answer.text and answer.at > seen.back_at + BELATED_S:
             yield f"said wrongly, {answer.at - seen.back_at:.1f} s after the database was back: {answer.text}"
+        if "no executor is running" in answer.text and answer.at > on_at + BELATED_S:
+            yield f"said wrongly, {answer.at - on_at:.1f} s after it went on: {answer.text}"
         if answer.success_nodes < 0:
             continue
         name = f"said wrongly: release {answer.release_id} {answer.status} with {answer.success_nodes} successes"
@@ -173,13 +182,13 @@ class Haproxy:
     HELLO = (len(HELLO) + 4).to_bytes(4, "big") + HELLO
     PRIMARY = b"in_hot_standby\0off\0"
 
-    def __init__(self, folder: Path, ports: list[int]):
-        """Start it; raise FileNotFoundError where there is none."""
+    def __init__(self, folder: Path, places: list[str]):
+        """Start it before servers (HOST:PORT); raise FileNotFoundError where there is none."""
         program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         if not program:
             raise FileNotFoundError("haproxy is not installed")
         self.port = free_port()
-        servers = "".join(f"    server db{n} 127.0.0.1:{port} check\n" for n, port in enumerate(ports, 1))
+        servers = "".join(f"    server db{n} {place} check\n" for n, place in enumerate(places, 1))
         settings = folder / "haproxy.cfg"
         settings.write_text(
             "defaults\n    mode tcp\n    timeout connect 2s\n    timeout check 1s\n    timeout client 1h\n"
@@ -198,6 +207,120 @@ class Haproxy:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(20)
+
+
+class Host:
+    """A host of its own for the primary, by whose address it is reached, and which can be cut off without a word.
+
+    It is a network namespace: of one that is cut off the kernel, too, answers nothing. Whatever comes to the primary's
+    port there is passed on to 127.0.0.1.
+    """
+
+    def __init__(self, port: int):
+        """Make it; raise FileNotFoundError where that can't be."""
+        pid = os.getpid()
+        self._port, self._name, self._link = port, f"releasectl-ha-{pid}", f"rcha{pid}"
+        # four addresses of those that are for tests of networks (RFC 2544)
+        network, first = f"198.18.{pid >> 6 & 255}", (pid & 63) << 2
+        self._outside, self.address = f"{network}.{first + 1}", f"{network}.{first + 2}"
+        # Guards the three below.
+        self._lock = threading.Lock()
+        self._is_stopped = False
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        try:
+            self._make()
+        except BaseException:
+            self.stop()
+            raise
+
+    def cut_off(self) -> None:
+        """Let nothing in and nothing out any more."""
+        self._ip("-n", self._name, "route", "add", "blackhole", f"{self._outside}/32")
+
+    def stop(self) -> None:
+        """Remove all that there is of it."""
+        with self._lock:
+            self._is_stopped = True
+            for one in self._sockets:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)  # which wakes the thread that waits for it
+        for thread in self._threads:
+            thread.join()
+        for one in self._sockets:
+            one.close()
+        for kind, name in (("link", self._link), ("netns", self._name)):
+            with contextlib.suppress(FileNotFoundError):
+                self._ip(kind, "del", name)
+
+    def _make(self) -> None:
+        inside = f"{self._link}i"
+        self._ip("netns", "add", self._name)
+        self._ip("link", "add", self._link, "type", "veth", "peer", "name", inside, "netns", self._name)
+        self._ip("addr", "add", f"{self._outside}/30", "dev", self._link)
+        self._ip("link", "set", self._link, "up")
+        self._ip("-n", self._name, "addr", "add", f"{self.address}/30", "dev", inside)
+        self._ip("-n", self._name, "link", "set", inside, "up")
+        # of a neighbour that does not say where it is our own kernel would tell that it is not there
+        mac = json.loads(self._ip("-n", self._name, "-json", "link", "show", inside))[0]["address"]
+        self._ip("neigh", "replace", self.address, "lladdr", mac, "dev", self._link, "nud", "permanent")
+        with ThreadPoolExecutor(1) as other:
+            listener = other.submit(self._listen).result()
+        with self._lock:
+            self._sockets.append(listener)
+            self._begin(self._accept, listener)
+
+    def _listen(self) -> socket.socket:
+        """Return a socket of the namespace, as all are that it accepts; the thread stays there."""
+        try:
+            with open(f"/var/run/netns/{self._name}") as namespace:
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                    raise OSError(os.strerror(ctypes.get_errno()))
+            # what comes from where no way leads back to is dropped then, so who is cut off hears nothing either
+            Path("/proc/sys/net/ipv4/conf/all/rp_filter").write_text("1")
+            return socket.create_server((self.address, self._port))
+        except OSError as error:
+            raise FileNotFoundError(f"no network namespace: {error}") from None
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._port))
+                except OSError:
+                    client.close()
+                    continue
+                with self._lock:
+                    self._sockets += [client, server]
+                    if self._is_stopped:
+                        return
+                    self._begin(self._pass_on, client, server)
+                    self._begin(self._pass_on, server, client)
+
+    def _begin(self, act: Callable[..., None], *args: socket.socket) -> None:
+        self._threads.append(threading.Thread(target=act, args=args))
+        self._threads[-1].start()
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _ip(*args: str) -> str:
+        """Return what the command `ip` printed."""
+        program = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        if not program:
+            raise FileNotFoundError("ip (iproute2) is not installed")
+        done = subprocess.run([program, *args], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FileNotFoundError(f"no network namespace: ip {' '.join(args)}: {done.stderr.strip()}")
+        return done.stdout
 
 
 # ---------------------------------------------------------------------------
@@ -280,6 +403,8 @@ class Turn:
         self.folder, self.driver, self.scenario, self._stack = folder, driver, scenario, stack
         self.answers: list[Answer] = []
         self.told: dict[str, bool] = {}
+        # After how many seconds who asked for something was told that the database does not answer.
+        self.told_s: dict[str, float] = {}
         self.acts: dict[str, Callable[[], bool]] = {}
         # The highest one that was given out.
         self.last_version = 0
@@ -299,6 +424,10 @@ class Turn:
         if scenario.is_synchronous:
             self.servers.make_synchronous(True)
         self.pooler: Pooler | None = None
+        self.host: Host | None = None
+        if scenario.has_host:
+            self.host = Host(self.servers.ports[0])
+            self._stack.callback(self.host.stop)
         self.url = self._url()
         self.serves = [Serve(folder, n, self.url, certs, driver, self._ask) for n in (1, 2)]
         for serve in self.serves:
@@ -312,9 +441,10 @@ class Turn:
             self.pooler = Pooler(self.folder, self.database, size=10, more="server_login_retry = 1")
             self._stack.callback(self.pooler.stop)
             return self.pooler.url(self.database)
+        first = self.host.address if self.host else "127.0.0.1"
         if self.driver != "pg8000":
-            return self.servers.url_of_primary(self.database)
-        proxy = Haproxy(self.folder, self.servers.ports)
+            return self.servers.url_of_primary(self.database).replace("host=127.0.0.1", f"host={first}", 1)
+        proxy = Haproxy(self.folder, [f"{host}:{port}" for host, port in zip((first, "127.0.0.1"), self.servers.ports)])
         self._stack.callback(proxy.stop)
         proxy.wait_until_checked()
         return f"postgresql://releasectl@127.0.0.1:{proxy.port}/{self.database.rpartition('/')[2]}"
@@ -393,6 +523,19 @@ class Turn:
     def expect_metric(self, what: str, line: str) -> None:
         """Wait until the metrics of both serve processes have a line; note whether they did."""
         self._expect(f"{what} (/metrics)", lambda: all(line in serve.metrics() for serve in self.serves))
+
+    def expect_silence_told(self) -> None:
+        """Ask both serve processes what people ask, all at once; note when both have told that the database fails."""
+        def told_s(serve: Serve, path: str) -> float:
+            code, _ = serve.call("GET", f"/api/v1/releases/1{path}")
+            return time.monotonic() - self.lost_at if code == rc.DATABASE_DOWN else float("inf")
+        with ThreadPoolExecutor() as others:
+            asked = {what: [others.submit(told_s, serve, path) for serve in self.serves]
+                     for what, path in (("the release", "?view=summary"), ("`why`", "/why"))}
+        for what, answers in asked.items():
+            self.told_s[what] = max(answer.result() for answer in answers)
+            self.told[f"within {SILENCE_TOLD_S:g} s to who asks for {what}, that the database does not answer"] = (
+                self.told_s[what] <= SILENCE_TOLD_S)
 
     def new_version(self) -> int:
         """Return the version of a new release, which is cancelled at the end."""
@@ -478,6 +621,17 @@ def hung(turn: Turn) -> None:
     turn.promote()
 
 
+def silent(turn: Turn) -> None:
+    turn.confirm_acts()
+    assert turn.host
+    turn.lose(turn.host.cut_off)
+    turn.expect_silence_told()
+    time.sleep(max(turn.lost_at + SILENT_S - time.monotonic(), 0.0))
+    turn.servers.signal(signal.SIGKILL)  # the fence: the standby had all of it before, so nothing may be lost
+    turn.quiet = turn.lost_at + 3.0, time.monotonic()
+    turn.promote()
+
+
 def split_brain(turn: Turn) -> None:
     turn.lose(lambda: turn.servers.signal(signal.SIGSTOP))
     turn.servers.promote(keeps_old=True)
@@ -539,6 +693,7 @@ class Scenario(NamedTuple):
     what: str
     is_synchronous: bool = False
     is_pooled: bool = False
+    has_host: bool = False
     may_lose: bool = False
 
 
@@ -547,6 +702,8 @@ SCENARIOS = {
     "kill": Scenario(kill, "primary killed (-9), standby promoted", may_lose=True),
     "kill-sync": Scenario(kill_synchronous, "the same, synchronous replication", is_synchronous=True),
     "hung": Scenario(hung, "primary stopped answering for 5 s, killed, standby promoted", may_lose=True),
+    "silent": Scenario(silent, f"primary cut off without a word for {SILENT_S:g} s, killed, standby promoted",
+                       has_host=True),
     "split-brain": Scenario(split_brain, "primary hung, standby promoted, old one back for 3 s, then killed",
                             may_lose=True),
     "standby-only": Scenario(standby_only, "primary killed, standby promoted more than 12 s later", may_lose=True),
@@ -572,6 +729,8 @@ class Row(NamedTuple):
     # to a node of each protocol.
     away_s: float
     on_s: dict[str, float]
+    # As Turn.told_s.
+    told_s: dict[str, float]
     # How many nodes ran it once, of how many.
     once: int
     nodes: int
@@ -597,7 +756,7 @@ def take_turn(name: str, driver: str, folder: Path, certs: Path) -> Row:
     on_s = {protocol: min((run.began_at - turn.back_at for agent in turn.agents.all if agent.protocol == protocol
                            for run in turn.agents.runs(agent) if run.began_at > turn.back_at), default=float("nan"))
             for protocol in NODES}
-    return Row(name, driver, scenario.what, turn.back_at - turn.lost_at, on_s,
+    return Row(name, driver, scenario.what, turn.back_at - turn.lost_at, on_s, turn.told_s,
                sum(len(runs) == 1 for runs in seen.runs.values()), TOTAL,
                [act.name for act in seen.acts if not act.is_there], list(dict.fromkeys(judge(seen))))
 
@@ -612,6 +771,8 @@ def print_rows(rows: list[Row]) -> None:
     for row in rows:
         if row.gone:
             print(f"{row.scenario} {row.driver}: confirmed, and gone with the old primary: {', '.join(row.gone)}")
+        for what, seconds in row.told_s.items():
+            print(f"{row.scenario} {row.driver}: who asked for {what} was told of the silence after {seconds:.1f} s")
         for fault in row.faults:
             print(f"{row.scenario} {row.driver}: {fault}")
 

@@ -69,6 +69,8 @@ def test_nothing_is_said_where_all_went_well():
     ({"answers": [answer(), answer(success_nodes=0)]}, "said wrongly: release 1 running with 0 successes after 1"),
     ({"answers": [answer(at=34.0, success_nodes=-1, text="it takes no writes: the disk")]},
      "said wrongly, 4.0 s after the database was back: it takes no writes: the disk"),
+    ({"back_at": 9.0, "answers": [answer(text="no executor is running (last seen 20 s ago: a pid 1): start `serve`")]},
+     "said wrongly, 10.0 s after it went on: no executor is running"),
     ({"acts": [ha.Act("a freeze", False)]}, "lost: a freeze"),
     ({"told": {"that it went back": False}}, "not said: that it went back"),
 ])
