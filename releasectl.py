@@ -14825,6 +14825,8 @@ class Executor:
             if new:
                 self.agents.prepare()  # raises before anything is claimed that could not be dispatched
                 self._start_threads()
+                if self._noted_at is not None:  # who takes a release after an outage would pass for gone until then
+                    self._note(self.hung())
             # one that could not be claimed after all may have let others go first: it has a later version now
             if self._claim_all(new, taken, started, is_tick) or self.stopping.is_set():
                 return len([release_id for release_id in taken if release_id not in mine])

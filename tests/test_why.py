@@ -55,6 +55,19 @@ def test_an_idle_executor_commits_nothing_but_its_row_every_ten_seconds(sqlite_w
     assert len(written) == 3
 
 
+def test_who_takes_a_release_after_an_outage_is_seen_before_it_has_it(world, monkeypatch):
+    with contextlib.closing(world.nodes(1).executor()) as executor:
+        executor._scan([], is_tick=False)
+        create(world)
+        sql(world.store, "UPDATE executors SET seen_at = ?", rc.utc_text(time.time() - 100))
+        world.advance(100)
+        claim, seen = executor.store.claims.claim, []
+        monkeypatch.setattr(executor.store.claims, "claim", lambda *words: (
+            seen.append(executors(world.store)[0].is_live(time.time())), claim(*words))[1])
+        executor._scan([], is_tick=False)
+        assert seen == [True]
+
+
 def test_the_row_says_why_an_executor_can_dispatch_nothing_as_soon_as_there_is_something(world):
     world.nodes(1)
     with looking(world, CONTROL_CERT="") as executor:
