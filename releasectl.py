@@ -1002,7 +1002,7 @@ class RareRead(Generic[T]):
         is_handed_on = False
         try:
             found, now = self._last, time.monotonic()
-            # what was read since then is as new, unless by another's transaction: so nobody waits for two more reads
+            # so nobody waits for two more reads; what was read by another's transaction may be older than it looks
             if found and (found.is_good(key, now) or (not arguments and found.began_at >= asked_at)):
                 return found.value  # type: ignore[no-any-return]
             # who asks rarely waits: what is read beside is for the next one, who may come much later
@@ -9406,15 +9406,15 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
-    replaces = [how_it_ended(old)] if verb == "retry" and old.rollback_status in (SUCCESS, PARTIAL) else []
+    warnings = [how_it_ended(old)] if verb == "retry" and old.rollback_status in (SUCCESS, PARTIAL) else []
     if wish.over_newer:
         digest = digest_of(request.payload)
-        replaces += [f"{text}: replaces what release {newer_id} brought" for text, newer_id in itertools.islice(
+        warnings += [f"{text}: replaces what release {newer_id} brought" for text, newer_id in itertools.islice(
             newer_successes(tx, old, nodes), MAX_REPLACED_NAMED) if stored_digest(tx, newer_id) != digest]
     refuse_twins(nodes)
     request = request._replace(is_emergency=wish.is_emergency)
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes),
-                                  warnings=[*replaces, *plan.warnings]), nodes
+                                  warnings=[*warnings, *plan.warnings]), nodes
 
 
 def how_it_ended(old: Release) -> str:
@@ -10195,15 +10195,21 @@ MAX_COMPARED = 20
 
 
 def failed_before(tx: Transaction, target: str, payload: Mapping[str, Any]) -> list[str]:
-    """Return a note where a payload did not end well when one of the newest releases of a target brought it last."""
-    found = tx.value(f"""
-        SELECT MAX(id)
-        FROM (SELECT id, status, payload_sha256, success_nodes + failed_nodes AS ended
-              FROM release_tasks WHERE target = ? ORDER BY id DESC LIMIT {MAX_COMPARED}) r
-        WHERE payload_sha256 = ? AND (status IN ('success', 'partial', 'failed') OR status = 'cancelled' AND ended > 0)
-        """, target, digest_of(payload))
-    old = None if found is None else read_release(tx, int(found))
-    return [how_it_ended(old)] if old and (old.failed_nodes or old.rollback_status in (SUCCESS, PARTIAL)) else []
+    """Return a note where a payload did not end well when one of the newest releases of a target brought it last.
+
+    One that waits, or ended before it was known of any node whether it takes the payload, tells nothing.
+    """
+    for (release_id,) in tx.rows(f"""
+            SELECT id
+            FROM (SELECT id, payload_sha256 FROM release_tasks WHERE target = ? ORDER BY id DESC LIMIT {MAX_COMPARED}) r
+            WHERE payload_sha256 = ?
+            ORDER BY id DESC""", target, digest_of(payload)):
+        old = read_release(tx, release_id)
+        if old.is_terminal and (old.failed_nodes or old.rollback_status in (SUCCESS, PARTIAL)):
+            return [how_it_ended(old)]
+        if old.status == SUCCESS:
+            break
+    return []
 
 
 def release_with_payload_of(tx: Transaction, release: Release) -> int | None:
@@ -14822,11 +14828,11 @@ class Executor:
             mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
             free, taken = self.store.claims.scan(self.owner)
             new = [release_id for release_id in free if release_id not in mine]
+            if self._noted_at is not None:  # else who goes on after an outage passes for gone until this look is over
+                self._note(self._noted_error)
             if new:
                 self.agents.prepare()  # raises before anything is claimed that could not be dispatched
                 self._start_threads()
-                if self._noted_at is not None:  # who takes a release after an outage would pass for gone until then
-                    self._note(self.hung())
             # one that could not be claimed after all may have let others go first: it has a later version now
             if self._claim_all(new, taken, started, is_tick) or self.stopping.is_set():
                 return len([release_id for release_id in taken if release_id not in mine])
@@ -15616,7 +15622,7 @@ CHINESE_SENTENCES = {
     "retry.":
         "agent 执行失败。若消息指向本次发布的内容，请回滚；否则修复主机，然后重试。",
     "Most likely the host is in trouble, not what this release brought: mend it there, then retry.":
-        "很可能是主机的问题，而不是本次发布的内容：请先修复主机，然后重试。",
+        "很可能是主机的问题，而不是本次发布的内容：请修复主机，然后重试。",
     "The agent succeeded, the probe of the service did not. Check the service on the host.":
         "agent 成功，但服务探测失败。请检查主机上的服务。",
     "The task did not end in time. Check what the agent is doing, then retry.":

@@ -94,6 +94,18 @@ def test_of_a_payload_it_is_told_what_failed_and_what_was_rolled_back(store, sta
         f"release 2 (v2) brought this payload: it {told}"] * bool(told)
 
 
+@pytest.mark.parametrize(("status", "nodes"), [
+    ("cancelled", ("success", "skipped", "skipped")), ("cancelled", ("skipped", "skipped", "skipped")),
+    ("failed", ("skipped", "skipped", "skipped"))])
+def test_what_failed_is_told_though_a_later_release_of_the_payload_ended_before_it_told_anything(store, status, nodes):
+    add_nodes(store, 3)
+    ended(store, "B", "success", "failed", "failed")
+    later = ended(store, "B", *nodes)
+    sql(store, "UPDATE release_tasks SET status = ? WHERE id = ?", status, later.id)
+    assert store.releases.plan(rc.ReleaseRequest("cdn", payload={"content": "B"})).warnings == [
+        "release 1 (v1) brought this payload: it ended failed, 2 of 3 nodes failed"]
+
+
 def test_a_new_payload_is_compared_with_the_newest_releases_of_its_target_alone(store, monkeypatch):
     monkeypatch.setattr(rc, "MAX_COMPARED", 2)
     add_nodes(store, 1)
@@ -493,6 +505,10 @@ def test_rule_10_what_a_rollback_that_failed_brought_back_in_part_is_not_called_
     assert refused.value.message == (
         f"release {first.id} (v{first.version}) succeeded later on edge-1: rollback of release "
         f"{bad.id} would replace its payload; overNewer (--over-newer) if that is meant")
+    sql(store, "UPDATE release_tasks SET status = 'partial' WHERE id = ?", first.id)
+    assert store.releases.plan_again("retry", bad.id).warnings == [
+        f"{bad} brought this payload: it ended failed, 1 of 2 nodes failed, and was rolled back in part by release "
+        f"{first.id}"]
 
 
 def test_rule_10_what_is_newer_elsewhere_or_never_succeeded_stands_against_nothing(store, verb):

@@ -48,6 +48,8 @@ def tables(**fields: Any) -> Tables:
 
 def test_nothing_is_said_where_all_went_well():
     assert list(ha.judge(seen())) == []
+    # it went on at 10.0, and who was asked right after that may not have seen it yet
+    assert list(ha.judge(seen(back_at=9.0, answers=[answer(at=12.9, text="no executor is running")]))) == []
 
 
 @pytest.mark.parametrize(("fields", "said"), [
@@ -71,6 +73,8 @@ def test_nothing_is_said_where_all_went_well():
      "said wrongly, 4.0 s after the database was back: it takes no writes: the disk"),
     ({"back_at": 9.0, "answers": [answer(text="no executor is running (last seen 20 s ago: a pid 1): start `serve`")]},
      "said wrongly, 10.0 s after it went on: no executor is running"),
+    ({"back_at": 9.0, "answers": [answer(at=13.1, text="no executor is running")]},
+     "said wrongly, 3.1 s after it went on"),
     ({"acts": [ha.Act("a freeze", False)]}, "lost: a freeze"),
     ({"told": {"that it went back": False}}, "not said: that it went back"),
 ])

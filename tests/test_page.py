@@ -1886,6 +1886,8 @@ def test_a_draft_from_a_release_that_failed_says_so_and_offers_what_runs_now(pag
     page.see("Write the payload, or load a file", "#plan").run("poll()")
     assert page.run("document.querySelector('#field-payload').value") == ""
     assert page.address() == "#/new"
+    page.press("JSON").fill(strategy='{"batches": [1]}')  # a draft without a payload is one as well
+    page.open("#/new?from=1").see("There is a draft that was not sent.", "main")
 
 
 @pytest.mark.slow
