@@ -153,8 +153,8 @@ class _NodeCheck:
             return not self._runs
         if self.node.error_kind == "rejected":  # a higher version, or one that it had before anybody knew of it
             return bool(self._higher()) or any(map(self._is_forgotten, self._runs))
-        if self.node.error_msg.endswith("(not tried again: the release ends)"):  # no answer yet, and none waited for
-            return is_ending and not self._runs
+        if self.node.error_kind != "abandoned" and self.node.error_msg.endswith("(not tried again: the release ends)"):
+            return is_ending and not self._runs  # no answer yet, and none waited for
         if self.node.error_kind == "agent_failed":
             return any(run.outcome == "failed" for run in self._runs)
         return self.node.error_kind == "abandoned" and is_ending
