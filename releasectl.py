@@ -561,6 +561,11 @@ def in_runs(numbers: Iterable[int], most: int = 20) -> str:
                      for number, times in runs[:most]) + (f" and {more} more" if more else "")
 
 
+def tenths(seconds: float) -> str:
+    """Return '1', '0.3' or '15.2'; of what is left of a limit 0.999 reads as a fault."""
+    return f"{max(round(seconds, 1), 0.1):g}"
+
+
 def count_of(number: int, noun: str) -> str:
     """Return '1 event', '2 events'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -13389,7 +13394,7 @@ class AgentClient:
             sock = await self._open_socket(address, connect_by)
         except socket.timeout:
             raise AgentError(UNSENT, UNREACHABLE,
-                             f"{address} did not take a connection within {connect_s:.3g} s") from None
+                             f"{address} did not take a connection within {tenths(connect_s)} s") from None
         except (OSError, UnicodeError) as error:
             raise AgentError(UNSENT, UNREACHABLE, f"{address} can't be reached: {os_reason(error)}") from None
         if context is None:
@@ -13498,7 +13503,7 @@ class AgentClient:
             return AgentError(UNSENT, TLS, f"{address} {text}")
         if isinstance(error, socket.timeout):
             return AgentError(UNSENT, TIMEOUT,
-                              f"{address} did not finish the TLS handshake within {connect_s:.3g} s")
+                              f"{address} did not finish the TLS handshake within {tenths(connect_s)} s")
         refusal = _refusal(error)
         if refusal:
             return AgentError(UNSENT, TLS, f"{address} refused our client certificate ({refusal})")
@@ -13543,7 +13548,7 @@ class AgentClient:
     def _exchange_error(self, address: Address, error: Exception, timed: TimedSocket, limit_s: float) -> AgentError:
         if isinstance(error, socket.timeout):
             text = "drips: no whole answer" if timed.received else "did not answer"
-            return AgentError(LOST, TIMEOUT, f"{address} {text} within {limit_s:.3g} s", hold_s=self._request_s)
+            return AgentError(LOST, TIMEOUT, f"{address} {text} within {tenths(limit_s)} s", hold_s=self._request_s)
         if isinstance(error, (OSError, EOFError)):
             when = "in the middle of its answer" if timed.received else "before it answered"
             return AgentError(LOST, UNREACHABLE, f"{address} cut the connection {when}", hold_s=CUT_BUSY_S)

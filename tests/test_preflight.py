@@ -248,6 +248,11 @@ def test_an_agent_that_answers_otherwise_is_silent(world, behaviour, kind, messa
     assert world.runs() == [0, 0]
 
 
+def test_what_was_left_of_a_limit_is_told_as_people_read_it():
+    assert [rc.tenths(seconds) for seconds in (0.9991, 1.0, 0.31, 15.249, 600.0, 0.004)] == [
+        "1", "1", "0.3", "15.2", "600", "0.1"]
+
+
 @pytest.mark.parametrize("entered", ["tasks", "execute"])
 def test_an_agent_of_the_other_dialect_is_silent_and_named(world, entered):
     world.nodes(2, "execute" if entered == "tasks" else "tasks")
