@@ -361,8 +361,8 @@ T = TypeVar("T")
 
 # A value is good for so many times the seconds that its read took, and for at most so many seconds: see RareRead.
 RARE_READ_REST, MAX_RARE_READ_REST_S = 20, 45.0
-# Nobody gets a value that was read longer ago. A read that took so many seconds the last time may go on in a thread of
-# its own, and one that failed there is tried again after so many.
+# Nobody gets a value that was read so many seconds ago. A read that took so many the last time may go on in a
+# thread of its own, and one that failed there is tried again after so many.
 MAX_RARE_READ_AGE_S, SLOW_READ_S, READ_AGAIN_S = 60.0, 0.1, 1.0
 
 
@@ -2364,6 +2364,11 @@ class Release(NamedTuple):
     def rolled_back_by(self) -> int | None:
         """Return the release that rolls it back or did; None for none, or where that failed or was cancelled."""
         return None if self.rollback_status in (FAILED, CANCELLED) else self.rollback_id
+
+    @property
+    def was_rolled_back(self) -> bool:
+        """Return whether a rollback of it has ended that took its payload back from nodes, at least from some."""
+        return self.rollback_status in (SUCCESS, PARTIAL)
 
     @property
     def awaits_approval(self) -> bool:
@@ -9411,7 +9416,7 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
-    warnings = [how_it_ended(old)] if verb == "retry" and old.rollback_status in (SUCCESS, PARTIAL) else []
+    warnings = [how_it_ended(old)] if verb == "retry" and old.was_rolled_back else []
     if wish.over_newer:
         digest = digest_of(request.payload)
         warnings += [f"{text}: replaces what release {newer_id} brought" for text, newer_id in itertools.islice(
@@ -10202,7 +10207,7 @@ MAX_COMPARED = 20
 def failed_before(tx: Transaction, target: str, payload: Mapping[str, Any]) -> list[str]:
     """Return a note where a payload did not end well when one of the newest releases of a target brought it last.
 
-    One that waits, or ended before it was known of any node whether it takes the payload, tells nothing.
+    One that has not ended tells nothing, nor does one that was cut short before a node failed.
     """
     for (release_id,) in tx.rows(f"""
             SELECT id
@@ -10210,7 +10215,7 @@ def failed_before(tx: Transaction, target: str, payload: Mapping[str, Any]) -> l
             WHERE payload_sha256 = ?
             ORDER BY id DESC""", target, digest_of(payload)):
         old = read_release(tx, release_id)
-        if old.is_terminal and (old.failed_nodes or old.rollback_status in (SUCCESS, PARTIAL)):
+        if old.is_terminal and (old.failed_nodes or old.was_rolled_back):
             return [how_it_ended(old)]
         if old.status == SUCCESS:
             break

@@ -746,6 +746,21 @@ def test_what_could_not_be_read_anew_is_told_to_whoever_asks_once_the_value_is_t
         value.get(key=key)
 
 
+class HeldRead:
+    """A read that returns how often it was called, and of which one call lasts until it may end."""
+
+    def __init__(self, held: int):
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        self._held, self._calls = held, itertools.count(1)
+
+    def __call__(self, *_: object) -> int:
+        number = next(self._calls)
+        if number == self._held:
+            self.begun.set()
+            assert self.may_end.wait(60)
+        return number
+
+
 @pytest.fixture
 def rested(store, monkeypatch):
     """A store whose nodes take long to count, and count for 45 s."""
@@ -797,62 +812,39 @@ def test_nobody_is_told_what_was_read_more_than_a_minute_ago(monkeypatch):
 
 
 def test_whoever_waited_for_a_read_that_began_after_he_asked_takes_it_whatever_its_key(monkeypatch):
-    now, begun, may_end, reads = [1000.0], threading.Event(), threading.Event(), itertools.count(1)
-    told: dict[str, int] = {}
+    now, read, told = [1000.0], HeldRead(1), dict[str, int]()
     monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
-
-    def read() -> int:
-        number = next(reads)
-        if number == 1:
-            begun.set()
-            assert may_end.wait(60)
-        return number
-
     value = rc.RareRead(read)
     with contextlib.ExitStack() as stack:
         stack.enter_context(beside(lambda: told.update(first=value.get(key="first"))))
-        assert begun.wait(60)
+        assert read.begun.wait(60)
         now[0] = 1001.0
         for key in ("a", "b", "c"):
             stack.enter_context(beside(lambda key=key: told.update({key: value.get(key=key)})))
-        may_end.set()
+        read.may_end.set()
     assert told["first"] == 1
     assert {told["a"], told["b"], told["c"]} == {2}  # one read for all three, and none of before they asked
 
 
 def test_what_another_read_in_his_own_transaction_is_not_taken_though_it_was_read_later(monkeypatch):
-    now = [1000.0]
+    now, read, told = [1000.0], HeldRead(1), list[int]()
     monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
-    begun, may_end = threading.Event(), threading.Event()
-
-    def read(seen: str) -> str:
-        if seen == "old":
-            begun.set()
-            assert may_end.wait(60)
-        return seen
-
-    value, told = rc.RareRead(read), list[str]()
-    with beside(lambda: value.get("old", key="before")):
-        assert begun.wait(60)
-        with beside(lambda: told.append(value.get("new", key="after"))):  # asks while the other reads, at the same time
-            may_end.set()
-    assert told == ["new"]
+    value = rc.RareRead(read)
+    with beside(lambda: value.get("his transaction", key="before")):
+        assert read.begun.wait(60)
+        # asks while the other reads, at the same time
+        with beside(lambda: told.append(value.get("another transaction", key="after"))):
+            read.may_end.set()
+    assert told == [2]
 
 
 def test_while_one_caller_reads_anew_what_takes_long_others_get_what_there_is(monkeypatch):
     monkeypatch.setattr(rc, "RARE_READ_REST", 0)  # it is old at once
-    begun, may_end, count = threading.Event(), threading.Event(), itertools.count(1)
-
-    def read() -> int:
-        number = next(count)
-        if number == 2:
-            begun.set()
-            assert may_end.wait(60)
-        return number
+    read = HeldRead(2)
     value = rc.RareRead(read)
     assert value.get(key="a") == 1
     with beside(lambda: value.get(key="a")):
-        assert begun.wait(60)
+        assert read.begun.wait(60)
         assert value.get(key="a") == 1
-        may_end.set()
+        read.may_end.set()
     assert value.get(key="b") >= 3

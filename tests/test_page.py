@@ -2296,6 +2296,7 @@ def test_when_all_is_well_again_the_page_says_how_many_nodes_run_what_and_who_is
     # what was wrong is still true, a retry is over, and so is a rollback
     page.see("Most likely the host is in trouble, not what this release brought: mend it there.", "#failures")
     assert "The agent tried" not in page.text("#failures")  # its advice is over
+    assert "roll back" not in page.text("#failures")
     page.open("#/releases/3?node=2").see("no space left on device", "#node")
     page.open("#/releases").see("2 of 4 done, 2 failed", "#release-3 td:nth-child(3) .number")
 
